@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,12 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 }
 # Geometries that only this mode has.
 MORE_GEOMETRIES = {name.lower(): shape for name, shape in real_sizes.MODELS.items()}
-# With random layers rounding differences grow without bound, and near ties of random
-# routers choose other experts. So ours must be about as close to float32 as stock.
+# With random layers rounding differences grow without bound. So ours must be about as
+# close to float32 as stock.
 COMPARED_LAYERS, COMPARED_TOKENS, MAX_RATIO = 4, 8, 1.5
+# How much larger compared tokens' logits of chosen experts become, in standard
+# deviations: much more than rounding changes them.
+LEAD = 1.0
 # The name of stock with products in parts that MLX can index.
 IN_PARTS = "stock in parts"
 # Seconds after which a prompt is not repeated. Stock on CUDA may take a minute for one.
@@ -165,7 +169,7 @@ def measure(
     config = (GEOMETRIES | MORE_GEOMETRIES)[geometry]
     config = cut(config, args.layers or config["num_hidden_layers"])
     few = cut(config, min(COMPARED_LAYERS, config["num_hidden_layers"]))
-    off = errors(build(few, executor), few)
+    off = errors(build(few, executor, clear=True), few)
     each = ", ".join(f"{name} {error:.1e}" for name, error in off.items())
     n = few["num_hidden_layers"]
     print(f"relative RMS of logits from float32, {n} layers: {each}", flush=True)
@@ -217,10 +221,17 @@ def profile_ours(model: nn.Module, args: argparse.Namespace) -> None:
         save_plot(found, args.plot)
 
 
-def build(config: dict[str, Any], executor: str) -> dict[str, nn.Module]:
-    """Return stock and ours with the same random quantised arrays."""
+def build(
+    config: dict[str, Any], executor: str, *, clear: bool = False
+) -> dict[str, nn.Module]:
+    """Return stock and ours with the same random quantised arrays.
+
+    Args:
+        clear: give the experts of the compared tokens a lead.
+    """
     mx.random.seed(0)
-    return built(config, executor, randomise)
+    fill = partial(randomise_clearly, config=config) if clear else randomise
+    return built(config, executor, fill)
 
 
 def built(
@@ -260,6 +271,65 @@ def randomise(model: nn.Module) -> None:
     mx.eval(model.parameters())
 
 
+def randomise_clearly(model: nn.Module, config: dict[str, Any]) -> None:
+    """Do as ``randomise``, with a lead for the experts of the compared tokens.
+
+    Quantised routers of many experts have near ties, and rounding would choose other
+    experts. So each router gets the smallest change that raises the logits of the
+    experts it chooses in float32.
+    """
+    randomise(model)
+    exact = in_float32(model, config)
+    k = config["num_experts_per_tok"]
+    for own, router in zip(routers(model), routers(exact), strict=True):
+        inputs = router_inputs(exact, router, config)
+        rows = mx.dequantize(router.weight, router.scales, router.biases, **form(own))
+        matrix = np.array(rows, np.float64)
+        logits = inputs @ matrix.T
+        chosen = np.argpartition(-logits, k - 1, axis=-1)[:, :k]
+        raised = np.zeros_like(logits)
+        np.put_along_axis(raised, chosen, LEAD * logits.std(), axis=-1)
+        matrix += raised.T @ np.linalg.solve(inputs @ inputs.T, inputs)
+        changed = mx.array(matrix.astype(np.float32)).astype(own.scales.dtype)
+        own.weight, own.scales, own.biases = mx.quantize(changed, **form(own))
+        router.weight = own.weight
+        router.scales, router.biases = (
+            x.astype(mx.float32) for x in (own.scales, own.biases)
+        )
+        mx.eval(own.parameters(), router.parameters())
+
+
+def routers(model: nn.Module) -> list[nn.QuantizedLinear]:
+    """Return the quantised routers of a model's layers; other kinds are left out."""
+    found = (getattr(getattr(x, "mlp", None), "gate", None) for x in model.layers)
+    return [router for router in found if isinstance(router, nn.QuantizedLinear)]
+
+
+def router_inputs(
+    model: nn.Module, router: nn.QuantizedLinear, config: dict[str, Any]
+) -> np.ndarray:
+    """Return a router's inputs ``[COMPARED_TOKENS, D]`` for the compared tokens."""
+    seen: list[np.ndarray] = []
+    original = nn.QuantizedLinear.__call__
+
+    def observe(self: nn.QuantizedLinear, x: mx.array) -> mx.array:
+        if self is router:
+            seen.append(np.array(x.astype(mx.float32), np.float64).ravel())
+        return original(self, x)
+
+    nn.QuantizedLinear.__call__ = observe
+    try:
+        _logits(model, config)
+    finally:
+        nn.QuantizedLinear.__call__ = original
+    return np.stack(seen)
+
+
+def form(module: nn.QuantizedLinear) -> dict[str, int]:
+    """Return a module's quantisation, as MLX's functions take it."""
+    return {"group_size": module.group_size, "bits": module.bits}
+
+
 def quantize(
     model: nn.Module, config: dict[str, Any], stock: nn.Module | None = None
 ) -> None:
@@ -278,13 +348,12 @@ def divide_large(model: nn.Module) -> None:
         n_pieces = -(-n_experts * n_out * n_in // MAX_VALUES)
         if n_pieces == 1:
             continue
-        form = {"group_size": module.group_size, "bits": module.bits}
         each = -(-n_experts // n_pieces)
         pieces = []
         for first in range(0, n_experts, each):
             shape = (min(each, n_experts - first), n_out, n_in)
             noise = mx.random.uniform(-1.0, 1.0, shape) * n_in**-0.5
-            pieces.append(mx.quantize(noise.astype(mx.bfloat16), **form))
+            pieces.append(mx.quantize(noise.astype(mx.bfloat16), **form(module)))
             mx.eval(pieces[-1])
         parts = (mx.concatenate(part) for part in zip(*pieces, strict=True))
         module.weight, module.scales, module.biases = parts
@@ -297,11 +366,7 @@ def errors(models: dict[str, nn.Module], config: dict[str, Any]) -> dict[str, fl
     index a layer's experts, the reference multiplies in parts, and another entry has
     the error of stock if it does so too.
     """
-    exact = stock_model(config)
-    quantize(exact, config)
-    exact.update(models["stock"].parameters())
-    exact.set_dtype(mx.float32)
-    exact.eval()
+    exact = in_float32(models["stock"], config)
     with in_parts(exact):
         wanted = _logits(exact, config)
 
@@ -315,6 +380,16 @@ def errors(models: dict[str, nn.Module], config: dict[str, Any]) -> dict[str, fl
         if n_divided:
             found[IN_PARTS] = error(models["stock"])
     return found
+
+
+def in_float32(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """Return stock with a model's arrays that computes in float32."""
+    exact = stock_model(config)
+    quantize(exact, config)
+    exact.update(model.parameters())
+    exact.set_dtype(mx.float32)
+    exact.eval()
+    return exact
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from types import ModuleType, SimpleNamespace
 
 import commands
 import mlx.core as mx
+import numpy as np
 import pytest
 from conftest import only_with_all
 
@@ -161,6 +162,27 @@ def test_a_cut_of_latent_attention_is_built_with_routers_that_choose(monkeypatch
     assert 0 < off["ops"] < 1e-5 < off["stock"]
     rows = [cache.offset for cache in bench.primed(models["ops"], 9)]
     assert rows == [9, 9]
+
+
+@pytest.mark.parametrize("clear", [True, False])
+def test_routers_can_be_made_to_choose_clearly(monkeypatch, clear):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    bench = importlib.import_module("bench_geometry")
+    published = bench.MORE_GEOMETRIES["qwen3-next-80b-a3b"]
+    small = {**published, **SMALL, "num_experts": 128}
+    config = bench.cut({**small, "shared_expert_intermediate_size": 128}, 4)
+    models = bench.build(config, "ops", clear=clear)
+    exact, k = bench.in_float32(models["stock"], config), config["num_experts_per_tok"]
+    gaps = []
+    for router in bench.routers(exact):
+        inputs = bench.router_inputs(exact, router, config)
+        matrix = mx.dequantize(
+            router.weight, router.scales, router.biases, **bench.form(router)
+        )
+        logits = -np.sort(-(inputs @ np.array(matrix).T), axis=-1)
+        gaps.append((logits[:, k - 1] - logits[:, k]).min() / logits.std())
+    assert len(gaps) == 4
+    assert min(gaps) > 0.5 if clear else min(gaps) < 0.01
 
 
 TINY_EXPERTS = dict(n_experts=12, k=4, dim=128, width=64)
