@@ -24,6 +24,7 @@ from .calls.group import (
     launched_group,
     ways_in_group,
 )
+from .engine.executors import lacks_kernels
 from .engine.runtime import RunOptions
 from .errors import ConfigError, memory_errors, one_line_errors
 from .experts.files.checkpoint import read_config
@@ -247,6 +248,11 @@ def _load_our_own(
         )
     with _built(path, options, model_config) as (model, loaded):
         _tell_departure(loaded)
+        if lacks_kernels(options.executor):
+            notice(
+                "kernels: MLX's operations run instead, because none of ours was found "
+                "right on this GPU: run moeflux doctor once, or load with native=False"
+            )
         if adapter_path is not None:
             put_adapters(model, adapter_path)
         if not lazy and amounts == Amounts():

@@ -6,6 +6,7 @@ matrices are copied, which slots a lazy result reads, which launches are replaye
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -252,3 +253,12 @@ def test_a_state_goes_on_where_it_was_saved(native, kind, tmp_path):
         again = load(path, executor="ops")
         state = moeflux_mlx.load_state(tmp_path / "state", again)
         assert_same([again(tokens(1), cache=state.cache)], [wanted])
+
+
+def test_a_gpu_without_verified_kernels_is_told_to_run_the_doctor(native, capsys):
+    said = "run moeflux doctor once"
+    path = native("qwen3_moe")
+    for executor, on_gpu in ((None, True), ("ops", True), (None, False)):
+        with stated_gpu("cuda") if on_gpu else contextlib.nullcontext():
+            moeflux_mlx.load(path, executor=executor)
+        assert (said in capsys.readouterr().err) == (executor is None and on_gpu)

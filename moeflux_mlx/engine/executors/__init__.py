@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ... import config
+from ... import config, device
 from ...errors import BackendError
 from .base import Encoding, Executor
 from .cuda import CudaExecutor
@@ -52,6 +52,17 @@ def default_executor() -> str:
     return name if name and verified_kernels(name) else "ops"
 
 
+def lacks_kernels(name: str | None) -> bool:
+    """Tell whether a GPU runs MLX's operations, because no kernel was verified on it.
+
+    Args:
+        name: the executor that was named, if any.
+    """
+    is_named = name is not None or config.executor_name() is not None
+    on_gpu = gpu_executor() is not None and not device.on_cpu()
+    return on_gpu and not is_named and default_executor() == OpsExecutor.name
+
+
 def gpu_executor() -> str | None:
     """Return the name of the executor that runs our kernels on a GPU here, or None."""
     if mx.metal.is_available():
@@ -67,5 +78,6 @@ __all__ = [
     "OpsExecutor",
     "default_executor",
     "gpu_executor",
+    "lacks_kernels",
     "open_executor",
 ]
