@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import only_with_all
+from stated_gpu import stated_gpu
 
 from moeflux_mlx import device
 from moeflux_mlx.engine.executors import open_executor
@@ -183,6 +184,23 @@ def test_routers_can_be_made_to_choose_clearly(monkeypatch, clear):
         gaps.append((logits[:, k - 1] - logits[:, k]).min() / logits.std())
     assert len(gaps) == 4
     assert min(gaps) > 0.5 if clear else min(gaps) < 0.01
+
+
+@pytest.mark.slow
+def test_with_a_lead_rounding_chooses_the_same_experts(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    bench = importlib.import_module("bench_geometry")
+    published = bench.MORE_GEOMETRIES["qwen3-next-80b-a3b"]
+    heads = {"linear_num_value_heads": 8, "linear_num_key_heads": 4}
+    heads |= {"num_attention_heads": 4, "num_key_value_heads": 1}
+    small = {**published, **SMALL, **heads, "num_experts": 512}
+    config = bench.cut({**small, "shared_expert_intermediate_size": 128}, 4)
+    with stated_gpu("cuda"):
+        off, unclear = (
+            bench.errors(bench.build(config, "cuda", clear=clear), config)["cuda"]
+            for clear in (True, False)
+        )
+    assert off < 0.02 < 0.03 < unclear
 
 
 TINY_EXPERTS = dict(n_experts=12, k=4, dim=128, width=64)
