@@ -32,12 +32,11 @@ from mlx_lm.utils import _get_classes
 from rich.console import Console
 from rich.table import Table
 
-from moeflux_mlx import device
 from moeflux_mlx.cli.profile import print_profile
 from moeflux_mlx.device import machine_name
 from moeflux_mlx.engine.executors import gpu_executor
 from moeflux_mlx.engine.runtime import RunOptions
-from moeflux_mlx.experts.compute.slot_block import in_slots
+from moeflux_mlx.experts.compute.slot_block import divide_large_stacks
 from moeflux_mlx.measure import check_plot, profile, save_plot, write_csv
 
 GROUP_SIZE, BITS, ROUTER_BITS = 64, 4, 8
@@ -395,14 +394,7 @@ def in_float32(model: nn.Module, config: dict[str, Any]) -> nn.Module:
 @contextlib.contextmanager
 def in_parts(model: nn.Module) -> Iterator[int]:
     """Divide the products that MLX cannot index; give their number."""
-    divided = [
-        (module, type(module))
-        for module in model.modules()
-        if isinstance(module, QuantizedSwitchLinear)
-        and len(module.weight) > device.most_matrices(module.weight, module.bits)
-    ]
-    for module, kind in divided:
-        module.__class__ = in_slots(kind)
+    divided = divide_large_stacks(model)
     try:
         yield len(divided)
     finally:

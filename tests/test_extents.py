@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from native_models import relative_rms
 from test_switch import SLOT, Two, given, load, saved
+from tiny import make_gpt_oss
 
+import moeflux_mlx
 from moeflux_mlx import device
 from moeflux_mlx.engine.ops.functions import experts_by_slot
 from moeflux_mlx.errors import ModelError
@@ -251,6 +253,27 @@ def test_a_stack_that_a_cpu_cannot_index_is_multiplied_rightly():
     found = in_parts(product, stack[0], 4, mx.array([0, 5, n - 1], mx.uint32))
     wanted = mx.quantized_matmul(x[0], *(part[0] for part in parts), **form)
     assert mx.array_equal(found, mx.broadcast_to(wanted, found.shape))
+
+
+@pytest.mark.parametrize("form", [Quantization(4, 32, "mxfp4"), None], ids=str)
+def test_a_resident_model_of_mlx_lms_class_multiplies_in_parts(
+    tmp_path, monkeypatch, told, form
+):
+    path = make_gpt_oss(tmp_path / "model", experts=form)
+
+    def run() -> list[mx.array]:
+        told.clear()
+        model, _ = moeflux_mlx.load(path, native=False)
+        ids = mx.random.randint(1, 300, (1, 40), key=mx.random.key(5))
+        found = [model(ids), model(ids[:, :1])]
+        mx.eval(found)
+        return found
+
+    wanted = run()
+    assert max(told) > 2
+    monkeypatch.setattr(device, "most_matrices", lambda *_: 2)
+    assert all(map(mx.array_equal, run(), wanted))
+    assert max(told) == 2
 
 
 def test_values_are_compared_with_their_file_some_at_a_time(tmp_path, monkeypatch):

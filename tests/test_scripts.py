@@ -73,7 +73,7 @@ def test_a_geometry_is_measured_and_written(tmp_path, monkeypatch, capsys):
     args = parser.parse_args([*flags, "--csv", str(rows)])
     monkeypatch.setattr(bench, "MAX_RATIO", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(bench.device, "most_matrices", lambda *_: 7)
+        patch.setattr(device, "most_matrices", lambda *_: 7)
         assert bench.main(args) == 1 and not rows.exists()
     # A CPU has no such limit at this size, so stock has the same error in parts.
     said = re.findall(r"(stock|stock in parts) ([\d.]+e-\d+)", capsys.readouterr().out)

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from .. import config
 from ..engine.runtime import RunOptions
 from ..errors import ConfigError, ModelError
+from ..experts.compute.slot_block import divide_large_stacks
 from ..experts.files.checkpoint import read_config
 from ..experts.files.manifest import MANIFEST_NAME, Manifest
 from ..experts.files.packed import is_packed
@@ -86,8 +87,10 @@ def load_through_door(
     stock = load_stock_lazily(path, model_config)
     model = stock.model
     streams = is_packed(path) or amounts != Amounts() or options.group is not None
-    if not lazy and not streams:
-        check_fits(path, model)
+    if not streams:
+        divide_large_stacks(model)
+        if not lazy:
+            check_fits(path, model)
     with byte_progress() as report:
         if streams:
             stream(

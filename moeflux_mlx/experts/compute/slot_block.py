@@ -9,7 +9,7 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ... import device
 from ..files.layout import ALL_PARTS, BIAS
@@ -66,6 +66,26 @@ class InSlots(nn.Module):
 def in_slots(kind: type[nn.Module]) -> type[InSlots]:
     """Return the class of a projection of mlx-lm whose matrices are in slots."""
     return cast(type[InSlots], type(f"Slot{kind.__name__}", (InSlots, kind), {}))
+
+
+def divide_large_stacks(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """Have mlx-lm's projections divide the stacks that MLX cannot index as one.
+
+    MLX would multiply by other matrices without an error.
+
+    Returns:
+        The changed modules with their former classes.
+    """
+    divided = [
+        (module, type(module))
+        for module in model.modules()
+        if type(module) in (SwitchLinear, QuantizedSwitchLinear)
+        and len(module.weight)
+        > device.most_matrices(module.weight, getattr(module, "bits", None))
+    ]
+    for module, kind in divided:
+        module.__class__ = in_slots(kind)
+    return divided
 
 
 class SlotBlock:
