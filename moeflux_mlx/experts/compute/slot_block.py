@@ -76,7 +76,7 @@ def divide_large_stacks(model: nn.Module) -> list[tuple[nn.Module, type[nn.Modul
     Returns:
         The changed modules with their former classes.
     """
-    divided = [
+    divided: list[tuple[nn.Module, type[nn.Module]]] = [
         (module, type(module))
         for module in model.modules()
         if type(module) in (SwitchLinear, QuantizedSwitchLinear)
