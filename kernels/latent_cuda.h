@@ -63,6 +63,10 @@ inline void attend_on_tensor_cores(
   auto block_at = [&](int b) {
     return 32 * (simdgroup + b * n_simdgroups);
   };
+  // The rows of a step whose values and weights a lane holds.
+  auto value_row = [&](int i) {
+    return uint(i / 2 * 8 + i % 2) + 2 * c;
+  };
   auto read_keys = [&](uint first) {
 #pragma unroll
     for (int half_step = 0; half_step < 2; ++half_step) {
@@ -133,12 +137,12 @@ inline void attend_on_tensor_cores(
     float* own = scores + simdgroup * SCORES + 8 * n + 2 * c;
     own[0] = score[0];
     own[1] = score[1];
-    own[64] = score[2];
-    own[65] = score[3];
+    own[8 * 8] = score[2];
+    own[8 * 8 + 1] = score[3];
     uint values[4][BLOCKS][2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint at = first + 2 * c + i / 2 * 8 + i % 2;
+      uint at = first + value_row(i);
       ulong from = at < end ? at : first;
 #pragma unroll
       for (int b = 0; b < BLOCKS; ++b) {
@@ -157,7 +161,7 @@ inline void attend_on_tensor_cores(
     float step_largest = largest;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint at = 2 * c + i / 2 * 8 + i % 2;
+      uint at = value_row(i);
       float total = 0.0f;
       for (uint s = 0; s < n_simdgroups; ++s) {
         total += scores[s * SCORES + 8 * at + n];

@@ -277,9 +277,8 @@ def bench(exchange: Exchange, folder: Path) -> dict[str, Any]:
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
     loader.exec_module(module := importlib.util.module_from_spec(spec))
-    numbers = {"--rounds": 1, "--prompt": 8, "--tokens": 3}
-    words = [str(word) for pair in numbers.items() for word in pair]
-    args = module.parse_arguments(["--model", str(folder.parent / "pack"), *words])
+    words = ["--rounds", "1", "--prompt", "8", "--tokens", "3", "--model"]
+    args = module.parse_arguments([*words, str(folder.parent / "pack")])
     table = module.Table(*"abcde", *module.COLUMNS)
     outcomes = {kind: module.measured(args, 50, kind) for kind in module.CLASSES}
     for outcome in outcomes.values():

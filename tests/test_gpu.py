@@ -211,6 +211,7 @@ def test_any_budget_gives_the_same_bits(device, packed, n_slots, read_ahead):
     whole, _ = moeflux_mlx.load(packed, executor=device)
     with PackedExperts.open(packed) as store:
         memory = n_slots * store.layout(store.layers[0]).stride + POOL_ALIGNMENT
+        n_routed = len(store.layers)
     few, _ = moeflux_mlx.load(
         packed, expert_memory=memory, executor=device, read_ahead=read_ahead
     )
@@ -219,8 +220,8 @@ def test_any_budget_gives_the_same_bits(device, packed, n_slots, read_ahead):
     assert mx.array_equal(logits(few), logits(whole))
     total = few.streamer.stats.total
     assert total.misses > 0
-    # With more slots, families with few routed layers have nothing to read ahead.
-    if n_slots == 4 or read_ahead == "off":
+    # With more slots, two routed layers may leave nothing to read ahead.
+    if n_slots == 4 or n_routed > 2 or read_ahead == "off":
         assert bool(total.read_ahead) == (read_ahead == "on")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ... import device
 from ...experts.compute.rank_experts import RankExperts
-from ...experts.compute.slot_block import SORTED_FROM
+from ...experts.compute.slot_block import least_rows
 from ...experts.compute.source import filled, in_portions
 from ...experts.weights import ExpertWeights, Weight
 from ..graph.buffers import Shape
@@ -252,13 +252,6 @@ class RoutedExperts(OpFields):
         """K per token."""
         return self.n_tokens * self.k
 
-    @property
-    def least_rows(self) -> int:
-        """Rows of a part of the call for which MLX chooses the whole call's kernel."""
-        if device.multiplies_row_by_row():
-            return 1
-        return min(self.n_experts_used, SORTED_FROM)
-
     def scratch_bytes(self, itemsize: int) -> int:
         """Count rows before and after the experts, and once more in token order."""
         chosen = self.n_tokens * self.k
@@ -281,8 +274,8 @@ class RoutedExperts(OpFields):
             chosen, n = slots.reshape(-1), slots.size
             if not isinstance(x, np.ndarray):
                 tokens = mx.array(tokens)
-                if n < self.least_rows:
-                    every = filled(n, self.least_rows)
+                if n < (least := least_rows(self.n_experts_used)):
+                    every = filled(n, least)
                     tokens, chosen = tokens[every], chosen[every]
             out = experts_by_slot(
                 x[tokens], chosen[:, None], stacks, activation=self.activation
@@ -390,11 +383,10 @@ class MoeGatherIdFuse(RoutedExperts, Op):
         by_blocks = device.multiplies_by_blocks(self.n_experts_used, self.n_experts)
         n = least = len(chosen)
         if not experts.resident:
-            least = self.least_rows
             if by_blocks:
                 stacks, chosen = stacks.end_to_end(chosen)
-                n_matrices = len(stacks.gate.w)
-                least = max(SORTED_FROM, device.METAL_ROWS_A_MATRIX * n_matrices)
+            n_blocked = len(stacks.gate.w) if by_blocks else 0
+            least = least_rows(self.n_experts_used, n_blocked)
         if n < least:
             every = filled(n, least)
             rows, chosen = rows[every], chosen[every]

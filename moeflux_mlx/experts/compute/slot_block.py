@@ -68,6 +68,19 @@ def in_slots(kind: type[nn.Module]) -> type[InSlots]:
     return cast(type[InSlots], type(f"Slot{kind.__name__}", (InSlots, kind), {}))
 
 
+def least_rows(n_ids: int, n_blocked: int = 0) -> int:
+    """Return how many rows a part of a call needs for MLX to choose the call's kernel.
+
+    Args:
+        n_ids: number of ids of the whole call.
+        n_blocked: number of the part's matrices, if MLX multiplies the call's rows by
+            them in blocks.
+    """
+    if n_blocked:
+        return max(SORTED_FROM, device.METAL_ROWS_A_MATRIX * n_blocked)
+    return 1 if device.multiplies_row_by_row() else min(n_ids, SORTED_FROM)
+
+
 def divide_large_stacks(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
     """Have mlx-lm's projections divide the stacks that MLX cannot index as one.
 
@@ -166,10 +179,8 @@ class SlotBlock:
             slots: the portion's slots.
             n_ids: number of ids of the whole call.
         """
-        if self._by_blocks(n_ids):
-            n_matrices = len(np.unique(np.array(slots)))
-            return max(SORTED_FROM, device.METAL_ROWS_A_MATRIX * n_matrices)
-        return 1 if device.multiplies_row_by_row() else min(n_ids, SORTED_FROM)
+        by_blocks = self._by_blocks(n_ids)
+        return least_rows(n_ids, len(np.unique(np.array(slots))) if by_blocks else 0)
 
     def _by_blocks(self, n_ids: int) -> bool:
         """Return whether MLX would multiply a call's sorted rows in blocks."""
