@@ -80,14 +80,15 @@ FAMILIES = ["qwen3_moe", "gpt_oss", "qwen3_next", "deepseek_v3", "glm4_moe"]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plan_without_weights_is_the_measured_one(written, family, own_bytes):
     path = written(family, packed=family == "gpt_oss")
-    ratios = []
-    # MLX's threads free memory at varying times, so peaks vary.
-    while not any(0.8 < ratio < 1.25 for ratio in ratios):
-        assert len(ratios) < 4, ratios
+    others, models = [], []
+    # MLX's threads free memory at varying times, so peaks vary: compare the largest.
+    while not others or not 0.8 < max(others) / max(models) < 1.25:
+        assert len(others) < 8, (others, models)
         other = asdict(plan_load(path, "4GB"))
         model = stream(load_stock_lazily(path).model, path, memory="4GB")
         measured = asdict(model.plan)
-        ratios.append(other.pop("scratch_bytes") / measured.pop("scratch_bytes"))
+        others.append(other.pop("scratch_bytes"))
+        models.append(measured.pop("scratch_bytes"))
         assert other == measured
 
 

@@ -17,7 +17,9 @@ from .alone import OneAtATime
 # WIDE * n: the latter two separate bytes per token from bytes per pair of tokens.
 # Larger sizes are more exact; smaller ones show whether the larger ones have room.
 # Where a size has no room, half of its tokens are tried.
-SIZES, WIDE = (1, 4, 16), 4
+# MLX runs ahead on a CPU, more or less far, so peaks vary. At small sizes they vary by
+# as much as all pairs take.
+SIZES, WIDE = (1, 4, 16, 64), 4
 # Share added to measured peaks. The larger ones are for estimates from small sizes and
 # from one token alone, which shows nothing about pairs. With the memory that such an
 # estimate asks for, the larger sizes are measured, and must ask for no more.
@@ -92,23 +94,30 @@ class SmallCalls:
 
         Args:
             kind: equal for calls that take the same bytes per token.
-            n_tokens: tokens of the coming call; no larger call is measured.
+            n_tokens: tokens of the coming call; few larger calls are measured.
             clear: makes room and returns its bytes; sizes that would exceed them are
                 not measured.
             call: runs the model on token ids and returns arrays.
         """
         if self._kind != kind:
             self._kind, self._n_measured, self._sizes = kind, 0, [*SIZES]
-        if self._sizes and self._n_measured < n_tokens:
+        if self._is_due(n_tokens):
             room = clear()
             blank = BlankExperts(self._calls.streamer.store)
             blank.watch, blank.reads_again = lambda _, arrays: mx.eval(arrays), True
             with self._calls.reaching(blank), STEADY:
-                while self._sizes and self._n_measured < n_tokens:
+                while self._is_due(n_tokens):
                     self._measure_size(self._sizes[0], room, call)
             mx.clear_cache()
             device.trim_heap()
         return self.taken
+
+    def _is_due(self, n_tokens: int) -> bool:
+        """Tell whether to measure the next size before a call of ``n_tokens``."""
+        if self._sizes == [SIZES[-1]]:
+            # This takes time, so no shorter call waits for it.
+            return n_tokens >= WIDE * SIZES[-1]
+        return bool(self._sizes) and n_tokens > self._n_measured
 
     def _measure_size(self, n: int, room: int, call: Callable[[mx.array], Any]) -> None:
         """Measure the calls of one size, or of half of it and give up larger sizes."""
@@ -116,20 +125,29 @@ class SmallCalls:
             alone = _peak(call, (1, n)) / n
             self.taken = Taken(0, alone, margin=ALONE_MARGIN)
             self._n_measured = n
-        half = (n // 2, WIDE) if n > 1 else (n, WIDE // 2)
-        for size, times in ((n, WIDE), half):
-            shapes = _shapes(size, times)
-            if all(self._fits(shape, room) for shape in shapes):
-                few, wide, long = (_peak(call, shape) for shape in shapes)
-                self.taken = Taken.of(size, few, wide, long, times)
-                self._n_measured = times * size
-                break
-        if self._n_measured == WIDE * n:
+        if self._measures(n, WIDE, room, call):
             self._sizes.pop(0)
             return
         self._sizes.clear()
+        if n == SIZES[-1]:
+            # The size before this one is exact enough.
+            return
+        half = (n // 2, WIDE) if n > 1 else (n, WIDE // 2)
+        self._measures(*half, room, call)
         if self.taken.margin != ALONE_MARGIN:
             self.taken = replace(self.taken, margin=ROUGH_MARGIN)
+
+    def _measures(
+        self, n: int, times: int, room: int, call: Callable[[mx.array], Any]
+    ) -> bool:
+        """Measure the calls of one size if they have room; return whether they have."""
+        shapes = _shapes(n, times)
+        if not all(self._fits(shape, room) for shape in shapes):
+            return False
+        few, wide, long = (_peak(call, shape) for shape in shapes)
+        self.taken = Taken.of(n, few, wide, long, times)
+        self._n_measured = times * n
+        return True
 
     def _fits(self, shape: tuple[int, int], room: int) -> bool:
         """Tell whether a call has room, by what smaller calls took."""
