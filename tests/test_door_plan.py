@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 import mlx.core as mx
 import pytest
@@ -81,8 +82,8 @@ FAMILIES = ["qwen3_moe", "gpt_oss", "qwen3_next", "deepseek_v3", "glm4_moe"]
 def test_the_plan_without_weights_is_the_measured_one(written, family, own_bytes):
     path = written(family, packed=family == "gpt_oss")
     others, models = [], []
-    # MLX's threads free memory at varying times, so peaks vary: compare the largest.
-    while not others or not 0.8 < max(others) / max(models) < 1.25:
+    # MLX's threads free memory at varying times, so peaks vary: compare the medians.
+    while not others or not 0.8 < median(others) / median(models) < 1.25:
         assert len(others) < 8, (others, models)
         other = asdict(plan_load(path, "4GB"))
         model = stream(load_stock_lazily(path).model, path, memory="4GB")
