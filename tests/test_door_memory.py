@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,7 +34,9 @@ from tiny import write_tokenizer
 
 import moeflux_mlx
 from moeflux_mlx import device
+from moeflux_mlx.calls import measured_scratch
 from moeflux_mlx.calls import shared as calls
+from moeflux_mlx.calls.measured_scratch import ScratchMeasure
 from moeflux_mlx.errors import BudgetError, ExpertStoreError, ModelError
 from moeflux_mlx.experts.files.reader import Read
 from moeflux_mlx.measure.compare.measurement import greedy
@@ -172,6 +175,26 @@ def test_measured_scratch_predicts_that_of_longer_calls(written, family, own_byt
         planned = needs.scratch_bytes(n_tokens, n_before + n_tokens)
         assert taken <= 1.1 * planned + needs.output_bytes(n_tokens)
         assert planned <= 4 * taken + (1 << 20)
+
+
+@pytest.mark.parametrize(("seconds", "n_calls"), [(0.001, 8), (0.04, 3), (60, 2)])
+def test_the_largest_peaks_of_fast_calls_are_found(monkeypatch, seconds, n_calls):
+    """Two in a row were too small for a plan, on a busy machine."""
+    now, called = [0.0], []
+
+    def peaks(_self, n_tokens, n_rows):
+        now[0] += seconds
+        called.append((n_tokens, n_rows))
+        n = len(called)
+        return (1000 * n, 5) if n == n_calls else (700, 100 * n)
+
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(measured_scratch, "time", clock)
+    monkeypatch.setattr(ScratchMeasure, "_peaks", peaks)
+    measure = ScratchMeasure.__new__(ScratchMeasure)
+    found = measure._largest_peaks(8, 2048)
+    assert called == n_calls * [(8, 2048)]
+    assert found == (1000 * n_calls, 100 * (n_calls - 1))
 
 
 @pytest.fixture

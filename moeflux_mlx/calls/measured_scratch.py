@@ -7,6 +7,7 @@ kind without their matrices.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +31,10 @@ FEW, MANY = 16, 64
 MOST_ROWS, MOST_ROW_BYTES = 4096, 256 << 20
 # Smaller numbers for a CPU, on which attention in a very large model is slow.
 FEW_SLOW, MANY_SLOW, ROWS_SLOW = 4, 8, 2048
-# MLX's threads free memory at varying times, so peaks differ between calls. The largest
-# of several measurements counts.
-N_REPEATS = 2
+# MLX's threads free memory at varying times, so peaks differ between calls, and more so
+# between fast calls. The largest of several measurements counts: of more than the
+# fewest while they take little time.
+FEWEST_REPEATS, MOST_REPEATS, REPEAT_SECONDS = 2, 8, 0.1
 # Peak memory between and inside blocks, by number of tokens and rows before them.
 Peaks = dict[tuple[int, int], tuple[int, int]]
 
@@ -123,10 +125,19 @@ class ScratchMeasure:
         peaks = {}
         calls = {(n, 0) for n in (FEW, MANY, *beside)} | {(n, n_rows) for n in beside}
         for n, n_before in sorted(calls):
-            repeats = [self._peaks(n, n_before) for _ in range(N_REPEATS)]
-            between, inside = map(max, zip(*repeats, strict=True))
-            peaks[n, n_before] = between, inside
+            peaks[n, n_before] = self._largest_peaks(n, n_before)
         return peaks
+
+    def _largest_peaks(self, n_tokens: int, n_rows: int) -> tuple[int, int]:
+        """Return the largest peaks of several equal calls."""
+        repeats: list[tuple[int, int]] = []
+        end = time.monotonic() + REPEAT_SECONDS
+        while len(repeats) < FEWEST_REPEATS or (
+            len(repeats) < MOST_REPEATS and time.monotonic() < end
+        ):
+            repeats.append(self._peaks(n_tokens, n_rows))
+        between, inside = map(max, zip(*repeats, strict=True))
+        return between, inside
 
     def _n_rows(self) -> int:
         """Return the number of cache rows in measured calls."""

@@ -94,7 +94,8 @@ class SmallCalls:
 
         Args:
             kind: equal for calls that take the same bytes per token.
-            n_tokens: tokens of the coming call; few larger calls are measured.
+            n_tokens: tokens of the coming call; no size beyond the next larger one is
+                measured.
             clear: makes room and returns its bytes; sizes that would exceed them are
                 not measured.
             call: runs the model on token ids and returns arrays.
