@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -170,7 +171,11 @@ def test_a_failed_read_ahead_raises_no_error(store, tmp_path):
             whole = path.read_bytes()
             os.truncate(path, broken.offset(1, 4) + 63)
             opened.begin_read_ahead(1, ids(3, 4, 5))
+            # A request that waits for a read ahead shares its failure.
+            while not opened._in_flight.is_over(1, (3, 4, 5)):
+                time.sleep(0.001)
             opened.source(0).slots(ids(0, 1, 2))
+            assert not opened._in_flight
             path.write_bytes(whole)
             slot = opened.source(1).slots(ids(4))[0, 0].item()
             assert holds(opened, broken, 1, 4, slot)
