@@ -583,13 +583,30 @@ template <typename T, typename C, int D, int FOLD, bool HAS_MASK>
   }
 }
 
+// Values of threadgroup memory for `place_heads`: a slice of 256 for each simdgroup, and the sums of
+// four simdgroups over queries and over keys.
+constant constexpr int PLACING = 4 * 256 + 8;
+
+// The sum of squares of a row of n by a threadgroup of four simdgroups. All threads must call it.
+template <typename P>
+inline float row_squares(P row, uint n, threadgroup float* scratch, uint simdgroup, uint lane) {
+  float sum = 0.0f;
+#pragma unroll 4
+  for (uint i = 4 * (simdgroup * SIMD + lane); i < n; i += 16 * SIMD) {
+    float4 values = read_columns(row, i, n);
+    sum += dot(values, values);
+  }
+  return threadgroup_sum(sum, scratch, lane, simdgroup, 4);
+}
+
 // Normalise (if NORMED) and rotate the heads of a token's queries and keys, and multiply the
-// rotated channels by turned_scale. One simdgroup handles one head, query heads first, four per
-// threadgroup. A query is the first head_dim of q_width values; key heads are k_step apart in k, and
-// not written unless has_keys. `slices` holds 4 * 256 values. Contains a barrier: all threads must
-// call it.
+// rotated channels by turned_scale. A norm covers a head, or with ROW_NORMS the row of all heads.
+// One simdgroup handles one head, query heads first, four per threadgroup. A query is the first
+// head_dim of q_width values; key heads are k_step apart in k, and not written unless has_keys.
+// `slices` holds PLACING values. Contains a barrier: all threads must call it.
 template <
-    typename T, bool NORMED, typename Q, typename K, typename N, typename M, typename F, typename P>
+    typename T, bool NORMED, bool ROW_NORMS, typename Q, typename K, typename N, typename M,
+    typename F, typename P>
 inline void place_heads(
     Q q_proj,
     K k_proj,
@@ -630,9 +647,28 @@ inline void place_heads(
     slice[i] = value;
   }
   if (NORMED) {
-    float scale = rsqrt(simd_sum(squares) / float(head_dim) + eps);
+    float mean;
+    uint weights = 0;
+    if (ROW_NORMS) {
+      // Every threadgroup repeats these sums: they cost less than a launch that leaves them in memory.
+      uint n_q = n_heads * head_dim;
+      uint n_k = n_kv_heads * head_dim;
+      float of_q = 0.0f;
+      float of_k = 0.0f;
+      if (4 * group.y < n_heads) {
+        of_q = row_squares(q_proj + sequence * n_q, n_q, slices + 1024, simdgroup, lane);
+      }
+      if (4 * group.y + 4 > n_heads) {
+        of_k = row_squares(k_proj + sequence * n_k, n_k, slices + 1028, simdgroup, lane);
+      }
+      mean = is_query ? of_q / float(n_q) : of_k / float(n_k);
+      weights = own * head_dim;
+    } else {
+      mean = simd_sum(squares) / float(head_dim);
+    }
+    float scale = rsqrt(mean + eps);
     for (uint i = lane; i < head_dim; i += SIMD) {
-      slice[i] *= scale * float(is_query ? q_norm[i] : k_norm[i]);
+      slice[i] *= scale * float(is_query ? q_norm[weights + i] : k_norm[weights + i]);
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -679,8 +715,8 @@ template <typename T, typename N>
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float slices[4 * 256];
-  place_heads<T, true>(
+  threadgroup float slices[PLACING];
+  place_heads<T, true, false>(
       q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps, 1.0f, n_heads, n_kv_heads, head_dim,
       2 * head_dim, n_pairs, q, k, head_dim, true, slices, group, simdgroup, lane);
   uint head = 4 * group.y + simdgroup;
@@ -692,11 +728,11 @@ template <typename T, typename N>
   }
 }
 
-// `attention_inputs` without a gate; either norm may be absent.
+// `attention_inputs` without a gate; both norms may be absent.
 //
-// q_proj, q: [B, H d]; turned_scale multiplies the rotated channels. Other arguments and launch:
-// see `attention_inputs`.
-template <typename T, typename N, bool HAS_Q_NORM, bool HAS_K_NORM>
+// q_proj, q: [B, H d]; q_norm: [d], or [H d] with ROW_NORMS; k_norm: [d] or [Hkv d]; turned_scale
+// multiplies the rotated channels. Other arguments and launch: see `attention_inputs`.
+template <typename T, typename N, bool HAS_Q_NORM, bool HAS_K_NORM, bool ROW_NORMS>
 [[kernel]] void attention_inputs_ungated(
     device const T* q_proj,
     device const T* k_proj,
@@ -715,8 +751,8 @@ template <typename T, typename N, bool HAS_Q_NORM, bool HAS_K_NORM>
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float slices[4 * 256];
-  place_heads<T, HAS_Q_NORM>(
+  threadgroup float slices[PLACING];
+  place_heads<T, HAS_Q_NORM, ROW_NORMS>(
       q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps, turned_scale, n_heads, n_kv_heads,
       head_dim, head_dim, n_pairs, q, k, head_dim, true, slices, group, simdgroup, lane);
 }
@@ -727,7 +763,7 @@ template <typename T, typename N, bool HAS_Q_NORM, bool HAS_K_NORM>
 // v_cache and outputs: [Hkv,S,d]; place: [1], the row of the cache, which is dropped outside of it.
 // Other arguments: see `attention_inputs_ungated`. Launch: threadgroups of 128: one per four heads,
 // query heads first, then one per 32 rows of all key heads, which copy the caches.
-template <typename T, typename N, bool HAS_Q_NORM, bool HAS_K_NORM>
+template <typename T, typename N, bool HAS_Q_NORM, bool HAS_K_NORM, bool ROW_NORMS>
 [[kernel]] void attention_inputs_append(
     device const T* row,
     device const N* q_norm,
@@ -753,12 +789,12 @@ template <typename T, typename N, bool HAS_Q_NORM, bool HAS_K_NORM>
     uint group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float slices[4 * 256];
+  threadgroup float slices[PLACING];
   uint n_placing = (n_heads + n_kv_heads + 3) / 4;
   bool inside = place[0] >= 0 && place[0] < int(n_rows);
   uint at = inside ? uint(place[0]) : 0u;
   if (group < n_placing) {
-    place_heads<T, HAS_Q_NORM>(
+    place_heads<T, HAS_Q_NORM, ROW_NORMS>(
         row + q_at, row + k_at, q_norm, k_norm, inv_freq, start, eps, turned_scale, n_heads,
         n_kv_heads, head_dim, head_dim, n_pairs, q, k_out + ulong(at) * head_dim,
         ulong(n_rows) * head_dim, inside, slices, uint3(0, group, 0), simdgroup, lane);

@@ -522,7 +522,7 @@ def _ungated_inputs(given: Given) -> tuple[mx.array, ...]:
     for x, weight in ((wide.q_proj, wide.q_norm), (wide.k_proj, wide.k_norm)):
         rows, d = x, wide.head_dim
         if weight is not None:
-            rows, d = rms_norm_heads(x, weight, wide.eps), weight.size
+            rows, d = rms_norm_heads(x, weight, wide.eps), d or weight.size
         num_heads = x.shape[1] // d
         outs.append(_rope(Given(**{**vars(wide), "x": rows, "num_heads": num_heads})))
     return tuple(x.astype(given.q_proj.dtype) for x in outs)
@@ -535,8 +535,10 @@ def _some_inputs(case: Case) -> tuple[Any, ...]:
     other = case.other
     if not case.get("norms", 1):
         return *rows, None, None, inv_freq, start, 0.0, 1.25, d
-    norms = [1 + normal(case.rng, other, d, scale=0.1) for _ in range(2)]
-    return *rows, *norms, inv_freq, start, 1e-6
+    wide = case.get("wide", 0)
+    widths = (h * d, case.hk * d) if wide else (d, d)
+    norms = [1 + normal(case.rng, other, n, scale=0.1) for n in widths]
+    return *rows, *norms, inv_freq, start, 1e-6, *((1.0, d) if wide else ())
 
 
 INPUTS_LARGE: dict[str, Any] = dict(b=1, h=16, hk=2, d=256, pairs=32, at=8000, s=0)
@@ -569,6 +571,7 @@ def attention_inputs(
     ``inv_freq`` float32 ``[rotary / 2]``, ``start`` int32 ``[B]``.
     """
     (d,) = dims("q_norm", q_norm, 1)
+    expect("k_norm", k_norm, (d,))
     given = q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps
     return _place_heads("attention_inputs", *given, d=d, q_width=2 * d)
 
@@ -582,6 +585,8 @@ def attention_inputs(
         dict(b=1, h=7, hk=1, d=128, pairs=64, at=1000, s=0, gates=0),
         dict(b=3, h=4, hk=2, d=256, pairs=32, at=70, s=1, gates=0),
         dict(b=2, h=3, hk=1, d=37, pairs=9, at=5, s=0, gates=0, norms=0),
+        dict(b=2, h=6, hk=2, d=37, pairs=9, at=5, s=1, gates=0, wide=1),
+        dict(b=1, h=8, hk=4, d=128, pairs=32, at=9, s=0, gates=0, wide=1),
     ],
     large={**INPUTS_LARGE, "d": 128, "pairs": 64, "h": 32, "hk": 4, "gates": 0},
     varying=(),
@@ -599,22 +604,39 @@ def attention_inputs_ungated(
 ) -> Launch:
     """Queries ``[B, H * d]`` and keys ``[B, Hkv * d]`` of one token each.
 
-    ``q_proj`` is ``[B, H * d]``; ``scale`` multiplies the rotated channels. Without
-    norms ``head_dim`` is the width of heads. The rest is as in ``attention_inputs``.
+    ``q_proj`` is ``[B, H * d]``; ``scale`` multiplies the rotated channels. Norms are
+    ``[d]`` for each head, or ``[H * d]`` and ``[Hkv * d]`` for the rows of all heads;
+    then, and without norms, ``head_dim`` is the width of heads. The rest is as in
+    ``attention_inputs``.
     """
-    there = q_norm is not None
-    require("k_norm", (k_norm is not None) == there, "both norms or none", k_norm)
-    d = dims("q_norm", q_norm, 1)[0] if q_norm is not None else head_dim
+    d = head_dim
+    if d is None and q_norm is not None:
+        (d,) = dims("q_norm", q_norm, 1)
     require("head_dim", isinstance(d, int) and d > 0, "a width of heads", d)
     assert d is not None
     given = q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps
     launch = _place_heads("attention_inputs_ungated", *given, d=d, q_width=d)
+    heads, kv_heads = (launch.inputs[name] for name in ("n_heads", "n_kv_heads"))
+    template = _norms(q_norm, k_norm, heads, kv_heads, d)
     return replace(
         launch,
         inputs={**launch.inputs, "turned_scale": scale},
-        template={"HAS_Q_NORM": int(there), "HAS_K_NORM": int(there)},
-        types={} if there else {"N": q_proj.dtype},
+        template=template,
+        types={} if template["HAS_Q_NORM"] else {"N": q_proj.dtype},
     )
+
+
+def _norms(
+    q_norm: mx.array | None, k_norm: mx.array | None, heads: int, kv_heads: int, d: int
+) -> dict[str, int]:
+    """Check norms of each head or of rows of all heads; return their template."""
+    there = q_norm is not None
+    require("k_norm", (k_norm is not None) == there, "both norms or none", k_norm)
+    rows = q_norm is not None and q_norm.size != d
+    for name, norm, count in (("q_norm", q_norm, heads), ("k_norm", k_norm, kv_heads)):
+        if norm is not None:
+            expect(name, norm, (count * d if rows else d,))
+    return {"HAS_Q_NORM": int(there), "HAS_K_NORM": int(there), "ROW_NORMS": int(rows)}
 
 
 def _place_heads(
@@ -632,8 +654,6 @@ def _place_heads(
 ) -> Launch:
     """Check arguments and return the launch; heads of ``q_proj`` have ``q_width``."""
     require("q_norm", d <= MAX_HEAD_DIM, f"a width up to {MAX_HEAD_DIM}", d)
-    if k_norm is not None:
-        expect("k_norm", k_norm, (d,))
     (n,) = dims("start", start, 1)
     (pairs,) = dims("inv_freq", inv_freq, 1)
     require("inv_freq", 2 * pairs <= d, f"at most {d // 2} pairs", pairs)
@@ -694,6 +714,8 @@ def _some_inputs_and_append(case: Case) -> tuple[Any, ...]:
         dict(h=3, hk=3, d=64, pairs=9, at=5, s=0, norms=0, rows=11, row=10),
         dict(h=5, hk=3, d=64, pairs=9, at=5, s=0, norms=0, rows=7, row=7),
         dict(h=2, hk=1, d=36, pairs=9, at=5, s=1, rows=3, row=-1),
+        dict(h=6, hk=3, d=37, pairs=9, at=5, s=1, rows=19, row=7, wide=1),
+        dict(h=8, hk=4, d=128, pairs=32, at=9, s=0, rows=3, row=3, wide=1),
     ],
     large=dict(h=32, hk=4, d=128, pairs=64, at=700, s=0, rows=768, row=700),
     varying=("n_rows",),
@@ -716,7 +738,7 @@ def attention_inputs_append(
 
     The queries, keys and values begin at ``starts`` in ``row`` ``[1, n]``. Caches are
     ``[1, Hkv, S, d]``; the new row is ``place`` int32 ``[1]``, dropped if outside. The
-    rest is as in ``attention_inputs_ungated``.
+    rest, norms of rows too, is as in ``attention_inputs_ungated``.
     """
     one, kv_heads, n_rows, d = dims("k_cache", k_cache, 4)
     require("k_cache", one == 1, "one sequence", one)
@@ -730,11 +752,7 @@ def attention_inputs_append(
     require("row", rows == 1, "one row", rows)
     for at, heads in zip(starts, (num_heads, kv_heads, kv_heads), strict=True):
         require_part("starts", at, heads * d, width)
-    there = q_norm is not None
-    require("k_norm", (k_norm is not None) == there, "both norms or none", k_norm)
-    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if norm is not None:
-            expect(name, norm, (d,))
+    template = _norms(q_norm, k_norm, num_heads, kv_heads, d)
     expect("start", start, (1,))
     expect("place", place, (1,))
     (pairs,) = dims("inv_freq", inv_freq, 1)
@@ -758,8 +776,8 @@ def attention_inputs_append(
         {"q": (1, num_heads * d), **dict.fromkeys(("k_out", "v_out"), k_cache.shape)},
         (128 * (n_placing + ceil_div(kv_heads * n_rows, 32)), 1, 1),
         (128, 1, 1),
-        {"HAS_Q_NORM": int(there), "HAS_K_NORM": int(there)},
-        {} if there else {"N": row.dtype},
+        template,
+        {} if template["HAS_Q_NORM"] else {"N": row.dtype},
     )
 
 

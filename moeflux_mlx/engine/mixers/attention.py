@@ -109,9 +109,9 @@ class Attention:
         n, seqs = call.n, call.n_seqs
         start = g.input("start", b.StartPosBuf, (seqs,))
         q, k, v, gate = self._projections(g, x, n)
-        if self.row_norms:
-            q, k = self._row_norms(g, attn, q, k)
-        self._place_heads(g, attn, {"q": (q, heads), "k": (k, kv_heads)}, start, call)
+        rotary = Rotary.of(attn.rope, g, call, start)
+        q = self._place_heads(g, attn, "q", q, rotary)
+        k = self._place_heads(g, attn, "k", k, rotary)
         keys, values = append_rows(g, k, v, call, heads=kv_heads, width=d)
         mask = mask_input(g, call)
         last = None
@@ -173,41 +173,25 @@ class Attention:
         )
         return query, k, v, gate
 
-    def _row_norms(
-        self, g: GraphBuilder, attn: nn.Module, q: BufId, k: BufId
-    ) -> tuple[BufId, BufId]:
-        """Push norms over rows of all heads."""
-        if "q" in self.norms:
-            q = g.norm(f"{self.path}.q_norm", q, b.QBuf, attn.q_norm.eps)
-        if "k" in self.norms:
-            k = g.norm(f"{self.path}.k_norm", k, b.KProjOutBuf, attn.k_norm.eps)
-        return q, k
-
     def _place_heads(
-        self,
-        g: GraphBuilder,
-        attn: nn.Module,
-        parts: Mapping[str, tuple[BufId, int]],
-        start: BufId,
-        call: Call,
-    ) -> None:
-        """Push the norms and rotary positions of heads.
-
-        Args:
-            parts: each projection with its number of heads.
-        """
-        rotary = Rotary.of(attn.rope, g, call, start)
-        for name, (buf, count) in parts.items():
-            if name in self.norms and not self.row_norms:
-                g.push(
-                    ops.RmsNormPerHeadNTokens(
-                        label=f"{name}_norm",
-                        x=buf,
-                        weight=g.ref(f"{self.path}.{name}_norm"),
-                        num_heads=count,
-                        head_dim=self.head_dim,
-                        n_tokens=call.n,
-                        eps=attn[f"{name}_norm"].eps,
-                    )
+        self, g: GraphBuilder, attn: nn.Module, name: str, x: BufId, rotary: Rotary
+    ) -> BufId:
+        """Push the norm and the rotary positions of queries or keys."""
+        count, d = self.kv_heads if name == "k" else self.heads, self.head_dim
+        if name in self.norms and self.row_norms:
+            role = b.KProjOutBuf if name == "k" else b.QBuf
+            x = g.norm(f"{self.path}.{name}_norm", x, role, attn[f"{name}_norm"].eps)
+        elif name in self.norms:
+            g.push(
+                ops.RmsNormPerHeadNTokens(
+                    label=f"{name}_norm",
+                    x=x,
+                    weight=g.ref(f"{self.path}.{name}_norm"),
+                    num_heads=count,
+                    head_dim=d,
+                    n_tokens=rotary.call.n,
+                    eps=attn[f"{name}_norm"].eps,
                 )
-            rotary.push(name, buf, count, self.head_dim)
+            )
+        rotary.push(name, x, count, d)
+        return x

@@ -10,7 +10,7 @@ from ...graph.rows import RowPart, whole
 from ...launch import attention
 from ...ops.attention import KvCacheAppendNTokens, RopeNTokens, SdpaCausalTiled
 from ...ops.elementwise import SigmoidGateNTokens, SplitQGate
-from ...ops.norm import RmsNormPerHeadNTokens
+from ...ops.norm import RmsNormBf16NTokens, RmsNormPerHeadNTokens
 from ..attention import SPARE_KERNELS, attend_spare, kv_cache_append, takes_spare
 from ..registry import Run, Values, fusion
 
@@ -20,14 +20,16 @@ PLACED_HEADS = (
     RmsNormPerHeadNTokens,
     RopeNTokens,
 )
+# The same with norms over the rows of all heads.
+PLACED_ROWS = RmsNormBf16NTokens, RopeNTokens, RmsNormBf16NTokens, RopeNTokens
 
 
 def _places_heads(ops: Sequence[Any]) -> bool:
     """Return whether norms and rotations belong to one token's queries and keys."""
     q_norm, q_rope, k_norm, k_rope = ops[:4]
     linked = (
-        q_norm.x == q_rope.x
-        and k_norm.x == k_rope.x
+        _normed(q_norm) == q_rope.x
+        and _normed(k_norm) == k_rope.x
         and q_rope.inv_freq == k_rope.inv_freq
         and q_rope.start == k_rope.start
         and q_rope.scale == k_rope.scale == 1.0
@@ -36,8 +38,13 @@ def _places_heads(ops: Sequence[Any]) -> bool:
         and q_norm.eps == k_norm.eps
     )
     one_each = q_rope.n_tokens == q_rope.n_seqs
-    narrow = q_norm.head_dim == k_norm.head_dim <= attention.MAX_HEAD_DIM
+    narrow = q_rope.head_dim == k_rope.head_dim <= attention.MAX_HEAD_DIM
     return linked and one_each and narrow
+
+
+def _normed(norm: Any) -> Any:
+    """Return the buffer of a norm's result; norms of heads are in place."""
+    return norm.out if isinstance(norm, RmsNormBf16NTokens) else norm.x
 
 
 def _placing(ops: Sequence[Any], q_proj: Any, values: Values) -> tuple[Any, ...]:
@@ -75,11 +82,13 @@ def _ungated_inputs(ops: Sequence[Any]) -> int:
 
 
 @fusion("attention_inputs_ungated", PLACED_HEADS, _ungated_inputs)
+@fusion("attention_inputs_ungated", PLACED_ROWS, _ungated_inputs)
 def ungated_attention_inputs(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Normalise and rotate queries and keys."""
     given = _placing(ops, ops[0].x, values)
-    q, k = run(attention.attention_inputs_ungated(*given))
-    return {ops[0].x: q, ops[2].x: k}
+    d = ops[1].head_dim
+    q, k = run(attention.attention_inputs_ungated(*given, head_dim=d))
+    return {ops[1].x: q, ops[3].x: k}
 
 
 def _turned_heads(ops: Sequence[Any]) -> int:
@@ -133,7 +142,7 @@ def _place_and_append(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Place a token's heads and append its key and value to small caches."""
     *placed, append = ops
     q_rope, k_rope = placed[len(placed) // 2 - 1], placed[-1]
-    parts = [values[buf] for buf in (q_rope.x, k_rope.x, append.v_src)]
+    parts = [values[buf] for buf in (placed[0].x, placed[-2].x, append.v_src)]
     caches = [values[append.k_cache], values[append.v_cache]]
     in_row = all(isinstance(part, RowPart) for part in parts)
     in_row = in_row and len({id(part.row) for part in parts}) == 1
@@ -169,6 +178,7 @@ def _place_and_append(ops: Sequence[Any], run: Run, values: Values) -> Values:
 
 for types, takes in (
     ((*PLACED_HEADS, KvCacheAppendNTokens), _inputs_and_append),
+    ((*PLACED_ROWS, KvCacheAppendNTokens), _inputs_and_append),
     ((RopeNTokens, RopeNTokens, KvCacheAppendNTokens), _turned_and_append),
 ):
     fusion(
