@@ -585,7 +585,7 @@ template <typename T, typename C, int D, int FOLD, bool HAS_MASK>
 
 // Values of threadgroup memory for `place_heads`: a slice of 256 for each simdgroup, and the sums of
 // four simdgroups over queries and over keys.
-constant constexpr int PLACING = 4 * 256 + 8;
+constexpr constant int PLACING = 4 * 256 + 8;
 
 // The sum of squares of a row of n by a threadgroup of four simdgroups. All threads must call it.
 template <typename P>
