@@ -71,6 +71,8 @@ CUDA_STACK_VALUES = 1 << 32
 CUDA_STACK_BYTES = 1 << 31
 # The same for quantised matrices on a CPU: a signed number of packed words.
 CPU_STACK_WORDS = 1 << 31
+# The compute capability of NVIDIA's Hopper.
+HOPPER = 9
 
 
 def on_cpu() -> bool:
@@ -164,6 +166,26 @@ def most_matrices(w: mx.array, bits: int | None, in_order: bool = True) -> int:
     else:
         most = CUDA_STACK_VALUES * bits // (size * 8 * w.itemsize)
     return max(1, most)
+
+
+def multiplies_wrongly(n_groups: int, bits: int, mode: str) -> bool:
+    """Tell whether MLX's product with a quantised matrix is silently wrong here.
+
+    For rows of one affine group MLX 0.32.4 has a kernel for Hopper (``qmm_sm90``). All
+    its results on an H200 were wrong.
+
+    Args:
+        n_groups: groups in a row of the matrix.
+    """
+    one_group = n_groups == 1 and bits in (4, 8) and mode == "affine"
+    return one_group and not on_cpu() and _compute_capability() == HOPPER
+
+
+def _compute_capability() -> int:
+    """Return the major number of an NVIDIA GPU's compute capability, or 0."""
+    if not mx.cuda.is_available():
+        return 0
+    return int(mx.device_info().get("compute_capability_major", 0))
 
 
 def multiplies_by_blocks(n_rows: int, n_matrices: int) -> bool:

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import mlx_lm
 from mlx_lm.utils import load_config, load_model
 
-from . import config, device, serving
+from . import config, device, products, serving
 from .adapters import put_adapters
 from .calls.group import (
     Group,
@@ -138,6 +138,7 @@ def load(
         GroupError: another rank failed, ended or loaded another model.
     """
     check_settings()
+    products.mend()
     kinds: tuple[tuple[str, object, type | tuple[type, ...]], ...] = (
         ("tokenizer_config", tokenizer_config, dict),
         ("model_config", model_config, dict),
@@ -425,6 +426,7 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     # Join first, so that a server whose model fails to load ends.
     give_way = serving.join()
     check_settings()
+    products.mend()
     options = RunOptions(directory=directory, give_way=give_way)
     found = load_config(directory)
     refuse_division_of_layers()

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from rich.filesize import decimal
 
-from . import config, device, serving
+from . import config, device, products, serving
 from .calls.arguments import bounded, check_ids
 from .calls.compiling import Compiled
 from .calls.group import Group, begin_together, exchange_of, reached, ways_in_group
@@ -188,6 +188,7 @@ def stream(
         ExpertStoreError: an expert could not be read.
         GroupError: another process ended or makes another call.
     """
+    products.mend()
     directory = Path(directory)
     check_scope(scope)
     exchange = exchange_of(group, pipeline=pipeline)

@@ -1,6 +1,6 @@
 """Every Op, one class each, in modules named after the files of ``kernels/``.
 
-Imports: device, engine.graph, experts, experts.compute.
+Imports: device, products, engine.graph, experts, experts.compute.
 """
 
 from ..graph.op import REGISTRY

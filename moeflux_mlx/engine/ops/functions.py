@@ -18,6 +18,7 @@ import numpy as np
 from ... import device
 from ...experts.compute.stacks import in_parts, lies_well
 from ...experts.weights import ExpertWeights, Weight
+from ...products import quantized_matmul
 from .host import host_linear, row_products, unpack, widen
 
 Array = Any
@@ -260,7 +261,7 @@ def _device_linear(x: mx.array, weight: Weight) -> mx.array:
     if q is None:
         return x @ weight.w.swapaxes(-1, -2)
     scales, biases = _scales_like(x, weight)
-    return mx.quantized_matmul(
+    return quantized_matmul(
         x,
         weight.w,
         scales,
