@@ -620,3 +620,12 @@ def test_a_tree_that_fails_says_why(commit, tmp_path, capsys):
     with commit.side(tmp_path) as run, pytest.raises(SystemExit, match="'prompt, x'"):
         run("prompt, x")
     assert "FileNotFoundError" in capsys.readouterr().err
+
+
+def test_another_token_is_told_with_the_lead_of_the_largest_logit(monkeypatch):
+    module = loaded("bench_distributed", monkeypatch)
+    first = {"tokens": [1, 2, 3], "leads": [0.5, 0.01, 1.0]}
+    assert module.other_tokens(first, first) == ""
+    told = module.other_tokens(first, {"tokens": [1, 4, 3], "leads": [0.5, 0.02, 1.0]})
+    assert "in 1 of 3 steps" in told and "up to 0.02 standard" in told
+    assert "by 0.5 at the median" in told
