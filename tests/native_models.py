@@ -14,6 +14,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from native_family_table import FAMILIES
 
 import moeflux_mlx
+from moeflux_mlx import device
 from moeflux_mlx.engine import simulator
 from moeflux_mlx.engine.native import NativeModel
 from moeflux_mlx.errors import ModelError
@@ -132,6 +133,32 @@ def launches(model) -> list[str]:
     mx.eval(model(tokens(1), cache=cache))
     model.runtime.executor.on_launch = None
     return launched
+
+
+def assert_large_caches_give_the_same_bits(path, monkeypatch, *kernels) -> None:
+    """Compare tokens whose caches kernels copy with tokens whose caches MLX updates.
+
+    Args:
+        kernels: the kernel that copies them, and the one that runs instead.
+    """
+    found, launched = [], []
+    for optimistic, limit in (("on", 1 << 20), ("on", 0), ("off", 0)):
+        monkeypatch.setattr(device, "COPIED_CACHE_BYTES", limit)
+        model = load(path, executor="sim", optimistic=optimistic)
+        cache = make_prompt_cache(model)
+        parts = [model(tokens(5), cache=cache), model(tokens(1), cache=cache)]
+        mx.eval(parts)
+        names: list[str] = []
+        model.runtime.executor.on_launch = names.append
+        parts += [model(tokens(1), cache=cache) for _ in range(2)]
+        mx.eval(parts)
+        found.append(mx.concatenate(parts, axis=1))
+        launched.append({*names})
+    for other in found[1:]:
+        assert mx.array_equal(found[0], other)
+    copying, instead = kernels
+    assert [{*kernels} & each for each in launched] == [{copying}, {instead}, {instead}]
+    assert not any("kv_cache_append" in name for name in set().union(*launched))
 
 
 def edit_config(path, **changes) -> None:

@@ -8,6 +8,7 @@ import pytest
 from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, make_prompt_cache
 from native_family_table import YARN
 from native_models import (
+    assert_large_caches_give_the_same_bits,
     assert_mlx_lms_class_serves,
     assert_refused,
     edit_config,
@@ -23,7 +24,6 @@ from test_glm4_moe import EXPERTS
 from tiny import make_deepseek_v3
 
 import moeflux_mlx
-from moeflux_mlx import device
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.measure.profile import profile
@@ -91,25 +91,9 @@ def one_layer(tmp_path_factory):
 @pytest.mark.slow
 @simulated
 def test_a_cache_too_large_to_be_copied_gets_the_same_bits(one_layer, monkeypatch):
-    found, launched = [], []
-    for optimistic, limit in (("on", 1 << 20), ("on", 0), ("off", 0)):
-        monkeypatch.setattr(device, "COPIED_CACHE_BYTES", limit)
-        model = load(one_layer, executor="sim", optimistic=optimistic)
-        cache = make_prompt_cache(model)
-        parts = [model(tokens(5), cache=cache), model(tokens(1), cache=cache)]
-        mx.eval(parts)
-        names: list[str] = []
-        model.runtime.executor.on_launch = names.append
-        parts += [model(tokens(1), cache=cache) for _ in range(2)]
-        mx.eval(parts)
-        found.append(mx.concatenate(parts, axis=1))
-        launched.append({name for name in names if name.startswith("mla_")})
-    for other in found[1:]:
-        assert mx.array_equal(found[0], other)
-    appended, *rest = ({"mla_inputs_append", "mla_inputs"} & each for each in launched)
-    assert appended == {"mla_inputs_append"}
-    assert rest == 2 * [{"mla_inputs"}]
-    assert not any("mla_kv_cache_append" in each for each in launched)
+    assert_large_caches_give_the_same_bits(
+        one_layer, monkeypatch, "mla_inputs_append", "mla_inputs"
+    )
 
 
 @pytest.mark.slow

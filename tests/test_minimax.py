@@ -9,6 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from native_models import (
     UNGATED_LAYER,
     adapt,
+    assert_large_caches_give_the_same_bits,
     assert_mlx_lms_class_serves,
     assert_refused,
     edit_config,
@@ -20,7 +21,7 @@ from native_models import (
     simulated,
     tokens,
 )
-from tiny import make_minimax
+from tiny import make_minimax, make_qwen3_moe
 
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.files.pack import pack
@@ -51,6 +52,16 @@ def test_a_token_takes_eight_launches_a_layer(tmp_path):
     layer = UNGATED_LAYER.copy()
     layer[route] = "experts_noaux_gate_up"
     assert names[1:17] == 2 * layer
+
+
+@pytest.mark.slow
+@simulated
+@pytest.mark.parametrize("make", [make_minimax, make_qwen3_moe])
+def test_a_cache_too_large_to_be_copied_gets_the_same_bits(tmp_path, monkeypatch, make):
+    """Norms are of the row of all heads, and of each head."""
+    path = make(tmp_path / "model", num_hidden_layers=1, group_size=64)
+    kernels = "attention_inputs_append", "attention_inputs_ungated"
+    assert_large_caches_give_the_same_bits(path, monkeypatch, *kernels)
 
 
 @pytest.fixture

@@ -538,7 +538,7 @@ def _some_inputs(case: Case) -> tuple[Any, ...]:
     wide = case.get("wide", 0)
     widths = (h * d, case.hk * d) if wide else (d, d)
     norms = [1 + normal(case.rng, other, n, scale=0.1) for n in widths]
-    return *rows, *norms, inv_freq, start, 1e-6, *((1.0, d) if wide else ())
+    return *rows, *norms, inv_freq, start, 0.1, *((1.0, d) if wide else ())
 
 
 INPUTS_LARGE: dict[str, Any] = dict(b=1, h=16, hk=2, d=256, pairs=32, at=8000, s=0)
@@ -585,8 +585,8 @@ def attention_inputs(
         dict(b=1, h=7, hk=1, d=128, pairs=64, at=1000, s=0, gates=0),
         dict(b=3, h=4, hk=2, d=256, pairs=32, at=70, s=1, gates=0),
         dict(b=2, h=3, hk=1, d=37, pairs=9, at=5, s=0, gates=0, norms=0),
-        dict(b=2, h=6, hk=2, d=37, pairs=9, at=5, s=1, gates=0, wide=1),
-        dict(b=1, h=8, hk=4, d=128, pairs=32, at=9, s=0, gates=0, wide=1),
+        dict(b=2, h=3, hk=1, d=37, pairs=9, at=5, s=1, gates=0, wide=1),
+        dict(b=1, h=12, hk=5, d=64, pairs=9, at=9, s=0, gates=0, wide=1),
     ],
     large={**INPUTS_LARGE, "d": 128, "pairs": 64, "h": 32, "hk": 4, "gates": 0},
     varying=(),
@@ -714,8 +714,8 @@ def _some_inputs_and_append(case: Case) -> tuple[Any, ...]:
         dict(h=3, hk=3, d=64, pairs=9, at=5, s=0, norms=0, rows=11, row=10),
         dict(h=5, hk=3, d=64, pairs=9, at=5, s=0, norms=0, rows=7, row=7),
         dict(h=2, hk=1, d=36, pairs=9, at=5, s=1, rows=3, row=-1),
-        dict(h=6, hk=3, d=37, pairs=9, at=5, s=1, rows=19, row=7, wide=1),
-        dict(h=8, hk=4, d=128, pairs=32, at=9, s=0, rows=3, row=3, wide=1),
+        dict(h=3, hk=1, d=37, pairs=9, at=5, s=1, rows=19, row=7, wide=1),
+        dict(h=12, hk=5, d=64, pairs=9, at=9, s=0, rows=3, row=3, wide=1),
     ],
     large=dict(h=32, hk=4, d=128, pairs=64, at=700, s=0, rows=768, row=700),
     varying=("n_rows",),

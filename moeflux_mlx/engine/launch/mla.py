@@ -198,7 +198,7 @@ def _some_inputs(case: Case) -> tuple[Any, ...]:
     q, kv, *sizes = _some_q_kv(case)
     _, inv_freq, start, mscale = _some_rope(case.but(b=case.t, t=1))
     weight = 1 + normal(case.rng, case.other, case.l, scale=0.1)
-    given = weight, inv_freq, start, *sizes, 1e-6, mscale
+    given = weight, inv_freq, start, *sizes, 0.1, mscale
     if not (at := case.get("at")):
         return q, kv, *given
     row = mx.concatenate([q, case.normal(case.t, at - q.shape[1]), kv, q], axis=1)
