@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 
 from . import device
@@ -29,11 +27,10 @@ def quantized_matmul(
     Arguments, result and errors are those of ``mx.quantized_matmul``. A matrix that MLX
     would multiply wrongly is unpacked first; its rows are as long as one group.
     """
-    form: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
-    form["stream"] = stream
+    form = group_size, bits, mode
     if not device.multiplies_wrongly(scales.shape[-1], bits or 4, mode):
-        return _of_mlx(x, w, scales, biases, transpose=transpose, **form)
-    matrix = mx.dequantize(w, scales, biases, **form)
+        return _of_mlx(x, w, scales, biases, transpose, *form, stream=stream)
+    matrix = mx.dequantize(w, scales, biases, *form, stream=stream)
     return mx.matmul(x, matrix.swapaxes(-1, -2) if transpose else matrix, stream=stream)
 
 
