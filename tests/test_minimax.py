@@ -21,7 +21,7 @@ from native_models import (
     simulated,
     tokens,
 )
-from tiny import make_minimax, make_qwen3_moe
+from tiny import make_gpt_oss, make_minimax, make_qwen3_moe
 
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.files.pack import pack
@@ -56,10 +56,10 @@ def test_a_token_takes_eight_launches_a_layer(tmp_path):
 
 @pytest.mark.slow
 @simulated
-@pytest.mark.parametrize("make", [make_minimax, make_qwen3_moe])
+@pytest.mark.parametrize("make", [make_minimax, make_qwen3_moe, make_gpt_oss])
 def test_a_cache_too_large_to_be_copied_gets_the_same_bits(tmp_path, monkeypatch, make):
-    """Norms are of the row of all heads, and of each head."""
-    path = make(tmp_path / "model", num_hidden_layers=1, group_size=64)
+    """Norms are of the row of all heads, of each head, and absent."""
+    path = make(tmp_path / "model", group_size=64)
     kernels = "attention_inputs_append", "attention_inputs_ungated"
     assert_large_caches_give_the_same_bits(path, monkeypatch, *kernels)
 

@@ -141,8 +141,9 @@ def _turned_and_append(ops: Sequence[Any]) -> int:
 def _place_and_append(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Place a token's heads and append its key and value to small caches."""
     *placed, append = ops
-    q_rope, k_rope = placed[len(placed) // 2 - 1], placed[-1]
-    parts = [values[buf] for buf in (placed[0].x, placed[-2].x, append.v_src)]
+    n_each = len(placed) // 2
+    q_rope, k_rope = placed[n_each - 1], placed[-1]
+    parts = [values[buf] for buf in (placed[0].x, placed[n_each].x, append.v_src)]
     caches = [values[append.k_cache], values[append.v_cache]]
     in_row = all(isinstance(part, RowPart) for part in parts)
     in_row = in_row and len({id(part.row) for part in parts}) == 1
