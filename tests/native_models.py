@@ -135,16 +135,20 @@ def launches(model) -> list[str]:
     return launched
 
 
-def assert_large_caches_give_the_same_bits(path, monkeypatch, *kernels) -> None:
+def assert_large_caches_give_the_same_bits(
+    path, monkeypatch, *kernels, numbers="plain"
+) -> None:
     """Compare tokens whose caches kernels copy with tokens whose caches MLX updates.
 
     Args:
         kernels: the kernel that copies them, and the one that runs instead.
+        numbers: how the simulator computes numbers.
     """
     found, launched = [], []
     for optimistic, limit in (("on", 1 << 20), ("on", 0), ("off", 0)):
         monkeypatch.setattr(device, "COPIED_CACHE_BYTES", limit)
         model = load(path, executor="sim", optimistic=optimistic)
+        model.runtime.executor.numbers = numbers
         cache = make_prompt_cache(model)
         parts = [model(tokens(5), cache=cache), model(tokens(1), cache=cache)]
         mx.eval(parts)

@@ -56,12 +56,15 @@ def test_a_token_takes_eight_launches_a_layer(tmp_path):
 
 @pytest.mark.slow
 @simulated
+@pytest.mark.parametrize("numbers", ["plain", "fast"])
 @pytest.mark.parametrize("make", [make_minimax, make_qwen3_moe, make_gpt_oss])
-def test_a_cache_too_large_to_be_copied_gets_the_same_bits(tmp_path, monkeypatch, make):
+def test_a_cache_too_large_to_be_copied_gets_the_same_bits(
+    tmp_path, monkeypatch, make, numbers
+):
     """Norms are of the row of all heads, of each head, and absent."""
     path = make(tmp_path / "model", group_size=64)
     kernels = "attention_inputs_append", "attention_inputs_ungated"
-    assert_large_caches_give_the_same_bits(path, monkeypatch, *kernels)
+    assert_large_caches_give_the_same_bits(path, monkeypatch, *kernels, numbers=numbers)
 
 
 @pytest.fixture
