@@ -181,6 +181,15 @@ def multiplies_wrongly(n_groups: int, bits: int, mode: str) -> bool:
     return one_group and not on_cpu() and _compute_capability() == HOPPER
 
 
+def repeats_first_matrix() -> bool:
+    """Tell whether MLX repeats the first of several quantised matrices along a batch.
+
+    By its source MLX's CUDA product takes repeated matrices for a single one. It
+    refuses matrices with gaps between them, such as parts of a cache.
+    """
+    return not on_cpu() and bool(mx.cuda.is_available())
+
+
 def _compute_capability() -> int:
     """Return the major number of an NVIDIA GPU's compute capability, or 0."""
     if not mx.cuda.is_available():

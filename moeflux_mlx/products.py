@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
+import numpy as np
 
 from . import device
 
@@ -22,16 +25,29 @@ def quantized_matmul(
     *,
     stream: mx.Stream | mx.Device | None = None,
 ) -> mx.array:
-    """Return ``x`` ``[..., I]`` times a quantised matrix ``[..., O, I]``.
+    """Return ``x`` ``[..., I]`` times quantised matrices ``[..., O, I]``.
 
-    Arguments, result and errors are those of ``mx.quantized_matmul``. A matrix that MLX
-    would multiply wrongly is unpacked first; its rows are as long as one group.
+    Arguments, result and errors are those of ``mx.quantized_matmul``. Matrices that MLX
+    would multiply wrongly are unpacked first.
     """
     form = group_size, bits, mode
-    if not device.multiplies_wrongly(scales.shape[-1], bits or 4, mode):
+    wrong = device.multiplies_wrongly(scales.shape[-1], bits or 4, mode)
+    if w.ndim > 2 and device.repeats_first_matrix():
+        wrong = wrong or _repeats(x, w)
+        # Parts of caches have gaps, the matrices of a module's heads have none.
+        if not wrong and w.ndim > 3:
+            w, scales = mx.contiguous(w), mx.contiguous(scales)
+            biases = None if biases is None else mx.contiguous(biases)
+    if not wrong:
         return _of_mlx(x, w, scales, biases, transpose, *form, stream=stream)
     matrix = mx.dequantize(w, scales, biases, *form, stream=stream)
     return mx.matmul(x, matrix.swapaxes(-1, -2) if transpose else matrix, stream=stream)
+
+
+def _repeats(x: mx.array, w: mx.array) -> bool:
+    """Tell whether several matrices are repeated to match the batch of ``x``."""
+    batch = np.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+    return 1 < math.prod(w.shape[:-2]) < math.prod(batch)
 
 
 def mend() -> None:
@@ -39,5 +55,5 @@ def mend() -> None:
 
     MLX's and mlx-lm's modules, adapters and attention over quantised caches call it.
     """
-    if device.multiplies_wrongly(1, 4, "affine"):
+    if device.multiplies_wrongly(1, 4, "affine") or device.repeats_first_matrix():
         mx.quantized_matmul = quantized_matmul  # type: ignore[assignment]

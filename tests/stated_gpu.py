@@ -7,6 +7,7 @@ they differ because of the structure of a call, not because of a GPU's arithmeti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from test_staging import Runtime
 
-from moeflux_mlx import device
+from moeflux_mlx import device, products
 from moeflux_mlx.engine import compiled_layers
 from moeflux_mlx.engine.executors import EXECUTORS, compiled
 from moeflux_mlx.engine.executors.sim import SimExecutor
@@ -24,6 +25,7 @@ from moeflux_mlx.engine.launch.prepared import Prepared
 from moeflux_mlx.experts.pool import staging
 from moeflux_mlx.experts.weights import leaves
 
+OF_MLX = mx.quantized_matmul
 # The fewest rows of MLX's kernels for several rows.
 FEW_ROWS = 8
 # Metal's limits on a stated Mac.
@@ -51,6 +53,7 @@ def stated_gpu(kind: str) -> Iterator[None]:
     does not take, or of which it would copy all slots, raise an error.
     """
     is_cuda = kind == "cuda"
+    multiply = multiplying(OF_MLX) if is_cuda else OF_MLX
     with ExitStack() as stack:
         for owner, name, value in (
             (device, "on_cpu", lambda: False),
@@ -59,6 +62,8 @@ def stated_gpu(kind: str) -> Iterator[None]:
             (mx.cuda, "is_available", lambda: is_cuda),
             (mx.metal, "is_available", lambda: not is_cuda),
             (staging, "_runtime", Runtime),
+            (mx, "quantized_matmul", multiply),
+            (products, "_of_mlx", multiply),
             (mx, "gather_mm", _gathering(mx.gather_mm)),
             (mx, "gather_qmm", _gathering(mx.gather_qmm)),
             (compiled, "Compiled", Replayed),
@@ -94,6 +99,23 @@ class Replayed:
         first = self._launches.setdefault(forms, made)
         assert made == first, "MLX would replay other launches"
         return out
+
+
+def multiplying(multiply: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Refuse matrices that MLX's product on CUDA refuses, or repeats wrongly."""
+
+    def checked(
+        x: mx.array, w: mx.array, scales: mx.array, *parts: Any, **options: Any
+    ) -> mx.array:
+        if w.ndim > 2:
+            batch = math.prod(np.broadcast_shapes(x.shape[:-2], w.shape[:-2]))
+            if math.prod(w.shape[:-2]) not in (1, batch):
+                raise AssertionError("the first matrix would be repeated")
+            for part in (w, scales, *parts[:1]):
+                _check_contiguous(part)
+        return multiply(x, w, scales, *parts, **options)
+
+    return checked
 
 
 def _gathering(gather: Callable[..., mx.array]) -> Callable[..., mx.array]:

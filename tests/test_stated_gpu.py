@@ -14,15 +14,16 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 from mlx_lm.utils import load_model
 from native_family_table import FAMILIES
 from native_family_table import write as write_native
-from native_models import least, load, simulated, tokens
+from native_models import least, load, relative_rms, simulated, tokens
 from stated_gpu import stated_gpu
-from tiny import SIZES, halved
+from tiny import SIZES, halved, make_qwen3_moe
 
 import moeflux_mlx
+from moeflux_mlx import products
 from moeflux_mlx.calls import measured_scratch
 from moeflux_mlx.errors import ExpertStoreError
 from moeflux_mlx.experts.files.pack import pack
@@ -160,6 +161,8 @@ def test_a_streamed_block_gives_stocks_bits_at_every_budget(door, family, kind):
     path = door(family)
     shapes = (1, 2), (1, 9), (1, 37), (5, 3)
     with stated_gpu(kind):
+        # Stock's heads would be multiplied wrongly for several sequences on CUDA.
+        products.mend()
         wanted = run(load_model(path)[0], *shapes)
         everything = stream(load_model(path, lazy=True)[0], path, expert_memory="1GB")
         assert everything.streamer.resident
@@ -262,3 +265,23 @@ def test_a_gpu_without_verified_kernels_is_told_to_run_the_doctor(native, capsys
         with stated_gpu("cuda") if on_gpu else contextlib.nullcontext():
             moeflux_mlx.load(path, executor=executor)
         assert (said in capsys.readouterr().err) == (executor is None and on_gpu)
+
+
+@each_gpu
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_quantised_caches_give_the_same_logits(tmp_path, kind, kv_heads):
+    """CUDA's product refuses parts of a cache, and repeats its first head."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": kv_heads}
+    path = make_qwen3_moe(tmp_path / "model", head_dim=64, **sizes)
+
+    def logits(model: Any) -> mx.array:
+        cache = [QuantizedKVCache(group_size=32, bits=8) for _ in model.layers]
+        found = [model(tokens(n, n, 2) % 128, cache=cache) for n in (5, 1, 1)]
+        return mx.concatenate(found, axis=1)
+
+    expected = logits(load_model(path)[0])
+    mx.eval(expected)
+    with stated_gpu(kind):
+        for options in ({"executor": "ops"}, {"native": False}):
+            model, _ = moeflux_mlx.load(path, **options)
+            assert relative_rms(logits(model), expected) < 1e-4
