@@ -28,16 +28,13 @@ def quantized_matmul(
     """Return ``x`` ``[..., I]`` times quantised matrices ``[..., O, I]``.
 
     Arguments, result and errors are those of ``mx.quantized_matmul``. Matrices that MLX
-    would multiply wrongly are unpacked first.
+    would multiply wrongly, or not at all, are unpacked first.
     """
     form = group_size, bits, mode
     wrong = device.multiplies_wrongly(scales.shape[-1], bits or 4, mode)
     if w.ndim > 2 and device.repeats_first_matrix():
-        wrong = wrong or _repeats(x, w)
         # Parts of caches have gaps, the matrices of a module's heads have none.
-        if not wrong and w.ndim > 3:
-            w, scales = mx.contiguous(w), mx.contiguous(scales)
-            biases = None if biases is None else mx.contiguous(biases)
+        wrong = wrong or w.ndim > 3 or _repeats(x, w)
     if not wrong:
         return _of_mlx(x, w, scales, biases, transpose, *form, stream=stream)
     matrix = mx.dequantize(w, scales, biases, *form, stream=stream)
@@ -55,5 +52,6 @@ def mend() -> None:
 
     MLX's and mlx-lm's modules, adapters and attention over quantised caches call it.
     """
-    if device.multiplies_wrongly(1, 4, "affine") or device.repeats_first_matrix():
+    # This includes Hopper, where ``multiplies_wrongly``.
+    if device.repeats_first_matrix():
         mx.quantized_matmul = quantized_matmul  # type: ignore[assignment]
