@@ -112,7 +112,8 @@ def multiplying(multiply: Callable[..., mx.array]) -> Callable[..., mx.array]:
             if math.prod(w.shape[:-2]) not in (1, batch):
                 raise AssertionError("the first matrix would be repeated")
             for part in (w, scales, *parts[:1]):
-                _check_contiguous(part)
+                if part is not None:
+                    _check_contiguous(part)
         return multiply(x, w, scales, *parts, **options)
 
     return checked

@@ -11,6 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 from tiny import halved
 
+from moeflux_mlx import products
 from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
 from moeflux_mlx.streaming import stream
@@ -26,11 +27,12 @@ on_gpu = pytest.mark.parametrize(
 )
 # Widths for the kernels of large models, and widths that those do not divide.
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 128}
-# At 64, the size of a router's groups, MLX 0.32.4 multiplies wrongly on an H200.
 NARROW = {"hidden_size": 192}
 CASES = [
     ("qwen3_moe", 4, WIDE),
     ("qwen3_moe", 4, NARROW),
+    # At a width of 64, one group, MLX's own product for the router is wrong on an H200.
+    ("qwen3_moe", 4, {}),
     ("qwen3_moe", None, {}),
     ("gpt_oss", 4, WIDE),
     ("gpt_oss", None, {}),
@@ -86,6 +88,7 @@ def streamed(path: Path, share: float, **options: Any) -> Any:
 @pytest.mark.parametrize(("family", "bits", "changes"), CASES)
 def test_every_share_gives_stocks_bits(device, tmp_path, family, bits, changes):
     path = write(tmp_path / "model", family, bits, changes)
+    products.mend()
     wanted = run(load_model(path)[0])
     assert all(mx.isfinite(x).all() for x in wanted)
     wrong = []

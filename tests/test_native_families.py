@@ -19,6 +19,7 @@ from native_family_table import FAMILIES
 from native_models import (
     adapt,
     assert_kernels_give_mlx_lms,
+    assert_large_caches_give_the_same_bits,
     greedy,
     least,
     load,
@@ -27,6 +28,7 @@ from native_models import (
     tokens,
 )
 from test_steps import Lazy, Traced
+from tiny import make_gpt_oss, make_minimax, make_qwen3_moe
 
 import moeflux_mlx
 from moeflux_mlx.engine.executors import EXECUTORS
@@ -239,3 +241,16 @@ def test_mlx_lms_class_serves_where_it_is_asked_for(plain, plain_packed, toleran
         model, _ = moeflux_mlx.load(path, **options)
         assert isinstance(model, StreamedModel)
         assert relative_rms(model(tokens(9)), expected) < tolerance
+
+
+@pytest.mark.slow
+@simulated
+@pytest.mark.parametrize("numbers", ["plain", "fast"])
+@pytest.mark.parametrize("make", [make_minimax, make_qwen3_moe, make_gpt_oss])
+def test_a_cache_too_large_to_be_copied_gets_the_same_bits(
+    tmp_path, monkeypatch, make, numbers
+):
+    """Norms are of the row of all heads, of each head, and absent."""
+    path = make(tmp_path / "model", group_size=64)
+    kernels = "attention_inputs_append", "attention_inputs_ungated"
+    assert_large_caches_give_the_same_bits(path, monkeypatch, *kernels, numbers=numbers)
